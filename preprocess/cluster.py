@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterable
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from itertools import repeat
-from multiprocessing import resource_tracker
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.text import Text
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from shared.errors import EngineError, JobError, MachineError, SessionError, StorageError
+from shared.interrupts import block_interrupts
 from shared.machine import describe_os_error
 
 if TYPE_CHECKING:
@@ -76,13 +73,6 @@ class TaskWithSubtasks(Generic[ArgT, SubT]):
     def num_parallel(self) -> int:
         """How many workers it can keep busy."""
         return max(1, len(self.subtasks))
-
-
-class _Job(NamedTuple):
-    label: str
-    size: int  # of tasks and subtasks
-    weights: Sequence[float] | None = None
-    work_s: float = math.inf
 
 
 _Tasks = Iterable[TaskWithSubtasks[Any, Any]]
@@ -140,19 +130,14 @@ class Cluster:
         *,
         label: str,
         weights: Sequence[float] | None = None,
-        names: Sequence[str] | None = None,
     ) -> list[ResultT]:
         """Call a function with each argument; return the results in order.
-
-        The function crosses processes. `weights` are the estimated seconds per argument in one
-        process. Errors name an argument by `names`.
 
         Raises:
             JobError, MachineError: the job can't continue; at once, without the other tasks.
             Exception: the first failure, after the other tasks have ended.
         """
-        each = self.iterate(function, arguments, label=label, weights=weights, names=names)
-        return _collect(each)
+        return _collect(self.iterate(function, arguments, label=label, weights=weights))
 
     def iterate(
         self,
@@ -165,16 +150,18 @@ class Cluster:
     ) -> Generator[tuple[int, ResultT | Exception], None, None]:
         """Call a function with each argument; yield index and outcome of each as it ends.
 
-        A failure is an outcome, as a JobError if every worker that tried the argument died: the
-        other calls go on. Calls that have not started when the caller stops iterating are dropped.
+        The function crosses processes. `weights` are the estimated seconds per argument in one
+        process. A failure is an outcome: a JobError, with the argument's name of `names`, if every
+        worker that tried it died. Calls that have not started when the caller stops iterating are
+        dropped.
 
         Raises:
             JobError: there are no workers, or the scheduler is gone.
         """
-        job = _Job(label, len(arguments), weights)
         tasks: _Tasks = map(TaskWithSubtasks, arguments, repeat(()), names or repeat("a task"))
-        with closing(self._iterate((function, function), tasks, job)) as outcomes:
-            yield from ((index, outcome) for index, outcome in outcomes if index is not None)
+        each = self._iterate((function, function), tasks, label, len(arguments), weights=weights)
+        with closing(each):
+            yield from ((index, outcome) for index, outcome in each if index is not None)
 
     def run(
         self,
@@ -193,55 +180,102 @@ class Cluster:
             JobError, MachineError, Exception: see :meth:`map`. A task whose subtask fails fails
                 likewise and does not run.
         """
-        job = _Job(label, sum(1 + len(task.subtasks) for task in tasks), work_s=work_s)
-        return _collect(self._iterate((function, subtask), tasks, job))
+        size = sum(1 + len(task.subtasks) for task in tasks)
+        return _collect(self._iterate((function, subtask), tasks, label, size, work_s=work_s))
 
-    def _iterate(self, functions: _Functions, tasks: _Tasks, job: _Job) -> _Outcomes:
-        """Run tasks here or on the cluster, and show progress."""
-        if not job.size:
+    def _iterate(
+        self,
+        functions: _Functions,
+        tasks: _Tasks,
+        label: str,
+        size: int,
+        *,
+        weights: Sequence[float] | None = None,
+        work_s: float = math.inf,
+    ) -> _Outcomes:
+        """Run tasks here or on the cluster, and show how many of `size` outcomes there are."""
+        if not size:
             return
-        weights = job.weights
-        work_s = job.work_s if weights is None else math.fsum(weights)
-        is_terminal, status = self._console.is_terminal, _Status()
-        bar = Progress(TextColumn("{task.description}"), BarColumn(), status, console=self._console)
-        total = job.size if weights is None else work_s
-        bar.add_task(job.label, total=total, num=0, size=job.size)
-        [task] = bar.tasks
+        work_s = work_s if weights is None else math.fsum(weights)
+        is_terminal = self._console.is_terminal
+        bar = Progress(
+            TextColumn("{task.description}"),
+            *([BarColumn()] if is_terminal else []),
+            TextColumn("{task.fields[num]}/{task.fields[size]}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=self._console,
+            speed_estimate_period=math.inf,  # of the last 1000 outcomes, however long they took
+        )
+        task = bar.add_task(label, total=size if weights is None else work_s, num=0, size=size)
         if self.is_in_process(work_s=work_s):
             outcomes = _run_in_process(functions, tasks)
         else:
             outcomes = self._run_on_cluster(functions, tasks, weights)
-        shown_s = time.monotonic()
+        shown_s = bar.get_time()
         with bar if is_terminal else nullcontext(), closing(outcomes):
-            for index, outcome in outcomes:
+            for num, (index, outcome) in enumerate(outcomes, 1):
                 yield index, outcome
-                task.completed += 1.0 if index is None or weights is None else weights[index]
-                task.fields["num"] += 1
-                if not is_terminal and time.monotonic() > shown_s + LINE_S:
-                    self.log(f"{job.label}: {status.render(task)}")
-                    shown_s = time.monotonic()
+                done = 1.0 if index is None or weights is None else weights[index]
+                bar.update(task, advance=done, num=min(num, size))  # a subtask may run again
+                if not is_terminal and bar.get_time() > shown_s + LINE_S:
+                    self._console.print(bar)
+                    shown_s = bar.get_time()
 
     def _run_on_cluster(
         self, functions: _Functions, tasks: _Tasks, weights: Sequence[float] | None
     ) -> _Outcomes:
         """Run tasks on the cluster.
 
-        If workers died with a chunk, its tasks run again at the end, one at a time: so the guilty
-        one is found, and had all of the memory.
+        If workers died with a chunk, or its outcomes can't be sent, its tasks run again at the end,
+        one at a time: so the guilty one is found, and had all of the memory.
         """
         from distributed import CancelledError
 
-        run = _Run(self._connect(), functions)
+        suspects: _Chunk = []
         try:
-            yield from run.iter_outcomes(_iter_chunks(tasks, weights))
-            yield from run.iter_outcomes(iter([[each] for each in run.suspects]), is_alone=True)
+            yield from self._run_chunks(functions, _iter_chunks(tasks, weights), suspects)
+            yield from self._run_chunks(functions, ([each] for each in suspects))
         except (OSError, CancelledError) as error:
             raise JobError(
                 f"scheduler {self._scheduler or 'of local workers'}: it disappeared; fix: start it "
                 "and its workers, and run the command again: what is finished is kept"
             ) from error
+
+    def _run_chunks(
+        self, functions: _Functions, chunks: Iterator[_Chunk], suspects: _Chunk | None = None
+    ) -> _Outcomes:
+        """Run chunks; tasks of those that fail become suspects, or if alone fail."""
+        from distributed import as_completed
+        from distributed.protocol.pickle import loads
+
+        client = self._connect()
+        running: dict[Any, _Chunk] = {}
+        # A result is fetched at once: if its worker died later, Dask would repeat the task.
+        ended = as_completed(loop=client.loop, with_results=True, raise_errors=False)
+        try:
+            while True:
+                num_threads = sum(client.nthreads().values()) or 1  # workers join and leave
+                limit = 1 if suspects is None else FUTURES_PER_THREAD * num_threads
+                while len(running) < limit and (chunk := next(chunks, None)):
+                    futures = _submit(client, functions, chunk)
+                    running |= futures
+                    ended.update([*futures])
+                if not running:
+                    return
+                for future, result in ended.next_batch():
+                    chunk, status = running.pop(future), future.status
+                    future.release()
+                    if status == "cancelled":
+                        raise result
+                    if status == "finished":
+                        yield from loads(result) if chunk else [(None, result)]
+                    else:
+                        _await_local(client.cluster)
+                        yield from _failures(chunk, result[1], suspects)
         finally:
-            for future in run.running:  # cancels what has not started
+            for future in running:  # cancels what has not started
                 future.release()
 
     def _connect(self) -> Any:  # noqa: ANN401
@@ -272,7 +306,8 @@ class Cluster:
 
         # A worker that holds more than Dask likes would pause for ever: only its result is in it.
         memory = {f"distributed.worker.memory.{do}": False for do in ("target", "spill", "pause")}
-        for attempt in range(STARTS):
+        failure: BaseException = RuntimeError()
+        for _ in range(STARTS):
             try:
                 with block_interrupts(), dask.config.set(memory):
                     local = LocalCluster(
@@ -282,98 +317,56 @@ class Cluster:
                         silence_logs=60,  # the job reports failures itself
                         scheduler_kwargs={"allowed_failures": 1},
                     )
-            except (OSError, RuntimeError) as error:
-                if attempt + 1 == STARTS:
-                    cause = error.__cause__ or error
-                    reason = describe_os_error(cause) if isinstance(cause, OSError) else cause
-                    raise JobError(
-                        f"{self._num_workers} local workers could not be started: {reason}; fix: "
-                        "use fewer (--workers), or none (--workers 0)"
-                    ) from error
-            else:
                 return self._stack.enter_context(local)
-        raise AssertionError("unreachable")
+            except (OSError, RuntimeError) as error:
+                failure = error.__cause__ or error
+        reason = describe_os_error(failure) if isinstance(failure, OSError) else failure
+        raise JobError(
+            f"{self._num_workers} local workers could not be started: {reason}; fix: use fewer "
+            "(--workers), or none (--workers 0)"
+        ) from failure
 
 
-class _Run:
-    """The futures of a job, a few of which exist at a time."""
+def _submit(client: Any, functions: _Functions, chunk: _Chunk) -> dict[Any, _Chunk]:  # noqa: ANN401
+    """Submit the subtasks of a chunk, if it has any, and the chunk as one future after them."""
+    submit, (function, subtask) = partial(client.submit, pure=False), functions
+    subtasks = [submit(_attempt, subtask, each) for each in chunk[0][1].subtasks]
+    arguments = [(index, task.argument) for index, task in chunk]
+    # Before subtasks of later tasks, so that few of their files exist at a time.
+    future = submit(_run_chunk, function, arguments, *subtasks, priority=int(bool(subtasks)))
+    return {each: [] for each in subtasks} | {future: chunk}
 
-    def __init__(self, client: Any, functions: _Functions) -> None:  # noqa: ANN401
-        from distributed import as_completed
 
-        self.suspects: _Chunk = []
-        self._client = client
-        self._functions = functions
-        self.running: dict[Any, _Chunk] = {}
-        # A result is fetched at once: if its worker died later, Dask would repeat the task.
-        self._ended = as_completed(loop=client.loop, with_results=True, raise_errors=False)
+def _failures(chunk: _Chunk, error: Exception, suspects: _Chunk | None) -> _Outcomes:
+    """Suspect the tasks of a chunk that failed, or yield the failures of those that ran alone."""
+    from distributed import KilledWorker
 
-    def iter_outcomes(self, chunks: Iterator[_Chunk], *, is_alone: bool = False) -> _Outcomes:
-        """Run chunks, or with `is_alone` one at a time; what is killed in company is suspect."""
-        from distributed.protocol.pickle import loads
-
-        while True:
-            num_threads = sum(self._client.nthreads().values()) or 1  # workers join and leave
-            limit = 1 if is_alone else FUTURES_PER_THREAD * num_threads
-            while len(self.running) < limit and (chunk := next(chunks, None)):
-                self._submit(chunk)
-            if not self.running:
-                return
-            for future, result in self._ended.next_batch():
-                tasks, status = self.running.pop(future), future.status
-                future.release()
-                if status == "cancelled":
-                    raise result
-                if status == "error":
-                    yield from self._failures(tasks, result[1], is_alone=is_alone)
-                elif tasks:
-                    yield from zip((index for index, _ in tasks), map(loads, result), strict=True)
-                elif not is_alone:
-                    yield None, result
-
-    def _submit(self, chunk: _Chunk) -> None:
-        """Submit a chunk as one future, after those of the subtasks of its task, if it has any."""
-        submit = partial(self._client.submit, pure=False)
-        function, subtask = self._functions
-        arguments = [task.argument for _, task in chunk]
-        subtasks = [submit(_attempt, subtask, each) for each in chunk[0][1].subtasks]
-        # Before subtasks of later tasks, so that few of their files exist at a time.
-        priority = 1 if subtasks else 0
-        future = submit(_run_chunk, function, arguments, *subtasks, priority=priority)
-        self.running |= {each: [] for each in subtasks} | {future: chunk}
-        self._ended.update([*subtasks, future])
-
-    def _failures(self, tasks: _Chunk, error: Exception, *, is_alone: bool) -> _Outcomes:
-        """Yield the failures of a failed future; if its worker died, only if it was alone."""
-        from distributed import KilledWorker
-
-        is_killed = isinstance(error, KilledWorker)
-        if is_killed:
-            self._await_local()
-            if not is_alone:
-                self.suspects += tasks
-                return
-        for index, task in tasks:
-            text = (
+    if suspects is not None:
+        suspects += chunk
+        return
+    for index, task in chunk:
+        if isinstance(error, KilledWorker):
+            error = JobError(
                 f"{task.name} was given up because every worker that tried it died, perhaps out of "
                 "memory; fix: use fewer workers or, for shards, a smaller shard.target_bytes, and "
                 "run it again: what is finished is kept"
             )
-            yield index, JobError(text) if is_killed else error
+        yield index, error
 
-    def _await_local(self) -> None:
-        """Wait until local workers run again; start those that died while they started."""
-        local, stop_s = self._client.cluster, time.monotonic() + RESTART_S
-        while local is not None and time.monotonic() < stop_s:
-            processes = [getattr(each, "process", each) for each in local.workers.values()]
-            is_running = [each is not None and each.status.name == "running" for each in processes]
-            if sum(is_running) == len(local.worker_spec):
-                return
-            for name, worker in list(local.workers.items()):
-                if worker.status.name in {"closed", "failed"}:
-                    del local.workers[name]
-            local.scale(len(local.worker_spec))
-            time.sleep(0.1)
+
+def _await_local(local: Any) -> None:  # noqa: ANN401
+    """Wait until local workers run again; start those that died while they started."""
+    stop_s = time.monotonic() + RESTART_S
+    while local is not None and time.monotonic() < stop_s:
+        processes = [getattr(each, "process", each) for each in local.workers.values()]
+        is_running = [each is not None and each.status.name == "running" for each in processes]
+        if sum(is_running) == len(local.worker_spec):
+            return
+        for name, worker in list(local.workers.items()):
+            if worker.status.name in {"closed", "failed"}:
+                del local.workers[name]
+        local.scale(len(local.worker_spec))
+        time.sleep(0.1)
 
 
 def _iter_chunks(tasks: _Tasks, weights: Sequence[float] | None) -> Iterator[_Chunk]:
@@ -391,22 +384,22 @@ def _iter_chunks(tasks: _Tasks, weights: Sequence[float] | None) -> Iterator[_Ch
         yield chunk
 
 
-def _run_chunk(function: Callable[..., Any], arguments: list[Any], *results: Any) -> list[bytes]:  # noqa: ANN401
-    """Call a function on a worker, with the results of subtasks; serialize each outcome."""
-    return [_dump(_attempt(function, argument, *results)) for argument in arguments]
+def _run_chunk(function: Callable[..., Any], chunk: list[tuple[int, Any]], *results: Any) -> bytes:  # noqa: ANN401
+    """Call a function on a worker, with the results of subtasks; return indexes and outcomes.
 
-
-def _dump(outcome: Any) -> bytes:  # noqa: ANN401
-    """Serialize a result or an error; of a bug, with the lines of the worker's code."""
+    Bugs get the lines of the worker's code.
+    """
     from distributed.protocol.pickle import dumps, loads
 
-    if isinstance(outcome, Exception) and not isinstance(outcome, EngineError):
-        outcome.add_note("".join(traceback.format_exception(outcome)))
+    outcomes = [(index, _attempt(function, argument, *results)) for index, argument in chunk]
+    for _, outcome in outcomes:
+        if isinstance(outcome, Exception) and not isinstance(outcome, EngineError):
+            outcome.add_note("".join(traceback.format_exception(outcome)))
     try:
-        content: bytes = dumps(outcome)
+        content: bytes = dumps(outcomes)
         loads(content)
     except Exception as error:
-        return _dump(TypeError(f"{outcome!r:.200} can't leave its worker: {error}"))
+        raise TypeError(f"{outcomes[0][1]!r:.200} can't leave its worker: {error}") from None
     return content
 
 
@@ -452,30 +445,3 @@ def _collect(outcomes: _Outcomes) -> list[Any]:
     if failure is not None:
         raise failure
     return [results[index] for index in range(len(results))]
-
-
-class _Status(ProgressColumn):
-    """How many are done, the time since the start, and by weight, the time to the end."""
-
-    def render(self, task: Task) -> Text:
-        elapsed_s = task.elapsed or 0.0
-        share = task.completed / task.total if task.total else 0.0
-        eta = timedelta(seconds=round(elapsed_s / share - elapsed_s)) if share else "-:--:--"
-        elapsed = timedelta(seconds=int(elapsed_s))
-        return Text(f"{task.fields['num']}/{task.fields['size']} {elapsed} eta {eta}")
-
-
-@contextmanager
-def block_interrupts() -> Iterator[None]:
-    """Block Ctrl-C and SIGHUP in threads and processes started here: they inherit the mask.
-
-    A terminal interrupts all processes of a job at once. The client alone answers and stops its
-    workers, which would otherwise die with a traceback each.
-    """
-    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-    resource_tracker.ensure_running()  # it unblocks SIGINT
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, old)

@@ -80,6 +80,24 @@ def running_command() -> Iterator[None]:
             raise KeyboardInterrupt
 
 
+@contextmanager
+def block_interrupts() -> Iterator[None]:
+    """Block Ctrl-C and SIGHUP in threads and processes started here: they inherit the mask.
+
+    A terminal interrupts all processes of a job at once. The client alone answers and stops its
+    workers, which would otherwise die with a traceback each.
+    """
+    from multiprocessing import resource_tracker
+
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    resource_tracker.ensure_running()  # it unblocks SIGINT
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+
 def was_interrupted() -> bool:
     """Return whether the last command was interrupted."""
     return _State.was_raised

@@ -26,7 +26,6 @@ from helpers.processes import await_true, finish, launch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from rich.progress import Progress
 
 from preprocess import cluster as cluster_module
 from preprocess.build.job import build_shards
@@ -37,7 +36,6 @@ from preprocess.cluster import (
     Cluster,
     TaskWithSubtasks,
     _iter_chunks,
-    _Status,
 )
 from shared.errors import JobError, SessionError, StorageError
 
@@ -352,7 +350,7 @@ def test_only_the_argument_that_kills_its_workers_fails_and_has_its_name(tmp_pat
         assert "every worker that tried it died" in str(failed)
         assert outcomes == {index: name for index, name in enumerate(names) if index != 17}
         with pytest.raises(JobError, match="worst was given up because every worker"):
-            cluster.map(work, names[15:19], label="work", weights=weights[:4], names=names[15:19])
+            raise dict(cluster.iterate(work, ["a", "worst"], label="work", names=["a", "worst"]))[1]
 
 
 def test_a_scheduler_that_disappears_ends_the_job_with_a_fix(in_threads):
@@ -389,23 +387,30 @@ def test_local_workers_do_not_pause_because_of_memory_that_a_task_left(in_thread
 # --- progress -----------------------------------------------------------------------------------
 
 
-def test_the_estimated_time_follows_the_weights():
-    now_s = 0.0
-    progress = Progress(get_time=lambda: now_s)
-    progress.add_task("validate", total=100.0, num=0, size=10)
-    [task] = progress.tasks
-    assert str(_Status().render(task)) == "0/10 0:00:00 eta -:--:--"
-    now_s, task.completed, task.fields["num"] = 18.0, 9.0, 9
-    assert str(_Status().render(task)) == "9/10 0:00:18 eta 0:03:02"
-    now_s, task.completed, task.fields["num"] = 200.0, 100.0, 10
-    assert str(_Status().render(task)) == "10/10 0:03:20 eta 0:00:00"
-
-
-@pytest.mark.parametrize(("line_s", "num_lines"), [(-1.0, 3), (30.0, 0)])
-def test_where_there_is_no_terminal_progress_is_a_line_now_and_then(monkeypatch, line_s, num_lines):
+def count_with_a_clock(line_s: float, monkeypatch) -> list[str]:
+    """Count 4 words, of 1, 1, 2 and 6 s by estimate and twice as long by the clock."""
     monkeypatch.setattr(cluster_module, "LINE_S", line_s)
-    text = io.StringIO()
-    with Cluster(scheduler=None, num_workers=0, console=Console(file=text)) as cluster:
-        cluster.map(len, ["a", "b", "c"], label="count", weights=[1.0, 1.0, 2.0])
-    lines = [f"count: {number}/3 0:00:00 eta 0:00:00" for number in (1, 2, 3)]
-    assert text.getvalue().splitlines() == lines[:num_lines]
+    now_s, text, words = [0.0], io.StringIO(), {"a": 1.0, "b": 1.0, "cc": 2.0, "six": 6.0}
+
+    def count(word: str) -> int:
+        now_s[0] += 2 * words[word]
+        return len(word)
+
+    console = Console(file=text, get_time=lambda: now_s[0])
+    with Cluster(scheduler=None, num_workers=0, console=console) as cluster:
+        cluster.map(count, words, label="count", weights=[*words.values()])
+    return [" ".join(line.split()) for line in text.getvalue().splitlines()]
+
+
+def test_where_there_is_no_terminal_progress_is_a_line_now_and_then(monkeypatch):
+    assert count_with_a_clock(-1.0, monkeypatch) == [
+        "count 1/4 0:00:02 eta -:--:--",
+        "count 2/4 0:00:04 eta 0:00:16",
+        "count 3/4 0:00:08 eta 0:00:12",
+        "count 4/4 0:00:20 eta 0:00:00",
+    ]
+    assert count_with_a_clock(7.0, monkeypatch) == [
+        "count 3/4 0:00:08 eta 0:00:12",
+        "count 4/4 0:00:20 eta 0:00:00",
+    ]
+    assert count_with_a_clock(30.0, monkeypatch) == []
