@@ -154,7 +154,8 @@ def _count(name: str, times_s: Times, probe: SessionProbe) -> Clock | str:
     if isinstance(clock, str) or not stops_s:
         return clock
     apart_s = float(np.median(stops_s)) - own.stop_s
-    is_explained = abs(apart_s - clock.drift_ppm / 1e6 * own.duration_s) < abs(apart_s) / 2
+    left_s = abs(apart_s - clock.drift_ppm / 1e6 * own.duration_s)  # if it is stretched
+    is_explained = left_s < min(abs(apart_s) / 2, END_WARNING_S)
     return replace(clock, is_fault=is_explained)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import click
@@ -12,10 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from preprocess.validate.duplicates import duplicate_findings, find_duplicates
-from preprocess.validate.job import known_result
-from preprocess.validate.report import describe_totals
+from preprocess.validate.job import ValidatedSession, known_result, location_of
+from preprocess.validate.report import ValidationReport, describe_totals
 from shared.errors import EngineError, MachineError
 from shared.files import fingerprint_of
+from shared.session.names import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from preprocess.validate.duplicates import Signature
-    from preprocess.validate.job import Job, ValidatedSession
+    from preprocess.validate.job import Job
     from preprocess.validate.page import ReportPage
-    from preprocess.validate.report import Status, ValidationReport
+    from preprocess.validate.report import Status
     from shared.recipe import Recipe
 
 Form = Literal["table", "json"]
@@ -41,8 +41,19 @@ def print_report(console: Console, report: ValidationReport) -> None:
     """Print one session: its status, length, streams, and every message."""
     title = Text(f"{report.session}: ").append(report.status, style=_STYLES[report.status])
     streams = report.stats.get("streams")
-    content = f"{_length(report.stats['length_s'])}, {', '.join(streams)}" if streams else ""
-    console.print(title.append(f"  {content}"), soft_wrap=True)
+    if streams:
+        title.append(f"  {_length(report.stats['length_s'])}, {', '.join(streams)}")
+    console.print(title, soft_wrap=True)
+    _print_messages(console, report)
+    checks_of: dict[str, list[str]] = {}
+    for check, reason in report.not_assessed.items():
+        checks_of.setdefault(reason, []).append(check)
+    for reason, checks in checks_of.items():
+        summary = f"  not assessed: {', '.join(checks)}: {reason}"
+        console.print(Text(summary, style="dim"), soft_wrap=True)
+
+
+def _print_messages(console: Console, report: ValidationReport) -> None:
     for style, label, messages in (
         (_STYLES["failed"], "error", report.errors),
         (_STYLES["warnings"], "warning", report.warnings),
@@ -51,12 +62,6 @@ def print_report(console: Console, report: ValidationReport) -> None:
         for message in messages:
             line = Text("  ").append(label, style=style).append(f"  {message}")
             console.print(line, soft_wrap=True)
-    checks_of: dict[str, list[str]] = {}
-    for check, reason in report.not_assessed.items():
-        checks_of.setdefault(reason, []).append(check)
-    for reason, checks in checks_of.items():
-        summary = f"  not assessed: {', '.join(checks)}: {reason}"
-        console.print(Text(summary, style="dim"), soft_wrap=True)
 
 
 class ReportPrinter:
@@ -74,8 +79,8 @@ class ReportPrinter:
         self._statuses: Counter[Status] = Counter()
         self._not_assessed: Counter[str] = Counter()
         self._rows: list[tuple[str, Status, str, str, str]] = []
-        self._found: dict[str, tuple[int, Signature, str]] = {}
-        """Session -> its number, signature, and hash of all files."""
+        self._found: dict[int, tuple[str, Signature, str]] = {}
+        """Number of the job -> session, signature, and hash of all files."""
         self._length_s = 0.0
         self._num_known = 0
 
@@ -85,10 +90,8 @@ class ReportPrinter:
         for repair in result.repairs:
             self._console.print(f"{report.session}: {repair}", highlight=False, markup=False)
         if (verdict := result.verdict) is not None:
-            name, number = verdict.session, self._statuses.total()
-            while name in self._found:  # at several locations
-                name += "'"
-            self._found[name] = number, verdict.signature, fingerprint_of(verdict.sha256)
+            content = verdict.session, verdict.signature, fingerprint_of(verdict.sha256)
+            self._found[self._statuses.total()] = content
         self._statuses[report.status] += 1
         self._not_assessed.update(report.not_assessed.keys())
         self._length_s += report.stats.get("length_s", 0.0)
@@ -103,25 +106,31 @@ class ReportPrinter:
 
     def add_duplicates(self, jobs: Sequence[Job], recipe: Recipe, page: ReportPage | None) -> None:
         """Report sessions with the same content, which are known only at the end."""
-        signatures = {name: signature for name, (_, signature, _) in self._found.items()}
-        files = {name: {"": sha256} for name, (_, _, sha256) in self._found.items()}
+        numbers: dict[str, int] = {}
+        for number, (name, _, _) in self._found.items():
+            source = jobs[number].source
+            if name in numbers and not isinstance(source, ValidatedSession):  # of another location
+                name = f"{location_of(source).rpartition('/')[0]}/{name}"
+            numbers[name] = number
+        signatures = {name: self._found[number][1] for name, number in numbers.items()}
+        files = {name: {"": self._found[number][2]} for name, number in numbers.items()}
         findings = duplicate_findings(find_duplicates(signatures, files=files), recipe)
         amended, lines = [], {}
         for name, own in sorted(findings.items()):
-            number = self._found[name][0]
+            number = numbers[name]
             old = known_result(jobs[number]).report
-            added = replace(old, errors=(), warnings=(), notes=(), not_assessed={}).with_findings(
-                own
-            )
+            added = ValidationReport(session=old.session).with_findings(own)
             report = old.with_findings(own)
             self._statuses.subtract([old.status])
             self._statuses.update([report.status])
             amended.append(report)
-            lines[report.session] = {"warnings": added.warnings, "notes": added.notes}
+            lines[printable(name)] = {"warnings": added.warnings, "notes": added.notes}
             if self._form == "table":
                 self._rows[number] = _summary_row(report)
             elif self._form is None:
-                print_report(self._console, added)
+                title = f"{printable(name)}, compared with the other sessions:"
+                self._console.print(Text(title), soft_wrap=True)
+                _print_messages(self._console, added)
         if page is not None:
             page.amend(amended)
         if self._form == "json" and lines:

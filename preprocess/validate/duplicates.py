@@ -154,18 +154,22 @@ def find_duplicates(
 
 
 def duplicate_findings(groups: list[DuplicateGroup], recipe: Recipe) -> dict[str, list[Finding]]:
-    """Return warnings, or notes where streams differ, for all but the first of each group."""
+    """Return warnings, or notes where streams differ, for all but the first of each group.
+
+    Of sessions with one name, at several locations, others than one are given by their paths.
+    """
     findings: dict[str, list[Finding]] = {}
     roles = {"train": "trains", "val": "is held out"}
     for group in groups:
-        splits = {session: assign_split(session, recipe) for session in group.sessions}
+        splits = {s: assign_split(s.rpartition("/")[2], recipe) for s in group.sessions}
         firsts = {split: session for session, split in reversed(splits.items())}
         for session, split in list(splits.items())[1:]:
             # The first of the other split, if there is one: it spoils the validation loss.
             other = firsts.get("val" if split == "train" else "train", firsts[split])
             shared = ", ".join(group.sessions[session])
             if not group.differing:
-                how = shared if _FILES in shared else f"{shared}; re-encoded"
+                is_copy = _FILES in group.sessions[session]
+                how = _FILES if is_copy else f"{shared}; re-encoded"
                 text = f"session: same content as {other} ({how})"
                 if splits[other] != split:
                     text += f", which {roles[splits[other]]} while this one {roles[split]}"

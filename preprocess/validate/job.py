@@ -13,6 +13,7 @@ the others are checked.
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -137,28 +138,48 @@ def validate_recordings(
 def find_jobs(locations: Iterable[str], recipe: Recipe, *, verdicts_at: str | None) -> list[Job]:
     """Find every session in some folders or URLs, and single files.
 
-    Verdicts are in the folder or URL `verdicts_at`, or else beside the sessions.
+    Verdicts are in the folder or URL `verdicts_at`, or else beside the sessions. What several
+    locations have in common is found once.
     """
     jobs: list[Job] = []
     opened: dict[str, Verdicts] = {}
+    locations, seen = list(dict.fromkeys(locations)), set[tuple[str, str]]()
+
+    def is_new(source: Recording | Path) -> bool:
+        key = (source.name, os.path.realpath(location_of(source)))
+        is_known = key in seen
+        seen.add(key)
+        return not is_known
+
     for text in locations:
         location = parse_location(text)
         try:
             if isinstance(location, Store) or not location.is_file():
                 survey = survey_recordings(text, recipe)
-                verdicts = open_verdicts(text, survey, folder=verdicts_at, opened=opened)
-                jobs += [Job(recording, verdicts) for recording in survey.recordings.values()]
+                if len(locations) > 1:  # which may overlap
+                    own = {n: r for n, r in survey.recordings.items() if is_new(r)}
+                    survey = survey._replace(recordings=own)
+                if survey.recordings:
+                    verdicts = open_verdicts(text, survey, folder=verdicts_at, opened=opened)
+                    jobs += [Job(recording, verdicts) for recording in survey.recordings.values()]
                 jobs += [Job(_report_skipped(folder)) for folder in survey.skipped]
             elif location.suffix in _LINE_SUFFIXES:
                 raise SessionError(
                     f"{location}: not a video or sound; fix: give the folder of its session"
                 )
-            else:
+            elif is_new(location.absolute()):
                 jobs.append(Job(location.absolute()))
         except (SessionError, MachineError, OSError) as error:
             failed = make_failed_report(Path(str(location)), str(location), error)
             jobs.append(Job(ValidatedSession(report=failed.report)))
     return jobs
+
+
+def location_of(source: Recording | Path) -> str:
+    """Return the folder or URL of a session, or the path of a file."""
+    if isinstance(source, RemoteRecording):
+        return source.store.url
+    return str(source.folder if isinstance(source, LocalRecording) else source)
 
 
 def run_jobs(

@@ -265,6 +265,15 @@ def test_a_duplicate_across_the_split_says_which_one_is_held_out():
     assert all("(camera; re-encoded); fix" in f.message for own in findings.values() for f in own)
 
 
+def test_sessions_of_one_name_are_in_one_split():
+    content = {"camera": base64.b64encode(bytes(range(64))).decode()}
+    for name in (*named("train")[:9], *named("val")[:9]):
+        sessions = dict.fromkeys([name, f"/other/{name}"], content)
+        [[warning]] = duplicate_findings(find_duplicates(sessions), RECIPE).values()
+        assert warning.message.startswith(f"session: same content as /other/{name} (camera")
+        assert "held out" not in warning.message
+
+
 def test_equal_files_are_duplicates_even_without_a_signature():
     files = {"a": {"x": "1"}, "b": {"x": "2"}, "c": {"x": "1"}, "d": {}, "e": {}}
     [group] = find_duplicates({name: {} for name in files}, files=files)

@@ -97,14 +97,37 @@ def reports_of(*arguments: object, code: int = 1) -> list[dict[str, Any]]:
 
 def test_the_sessions_beside_a_missing_folder_are_checked(sessions: Path) -> None:
     missing = sessions / "missing"
-    args = ["validate", str(sessions / "good"), str(missing), str(sessions / "good"), "--summary"]
-    result = CliRunner().invoke(cli, args)
+    result = CliRunner().invoke(
+        cli, ["validate", str(sessions / "good"), str(missing), "--summary"]
+    )
     assert result.exit_code == 1
-    assert "3 sessions" in result.output
-    assert "2 passed, 1 failed" in result.output
-    reports = reports_of(sessions, missing, sessions / "good")
-    assert [r["session"] for r in reports] == ["good", "poor", str(missing), "good"]
+    assert "2 sessions" in result.output
+    assert "1 passed, 1 failed" in result.output
+    reports = reports_of(sessions, missing)
+    assert [r["session"] for r in reports] == ["good", "poor", str(missing)]
     assert "no such folder" in reports[2]["errors"][0]
+
+
+def test_what_several_locations_have_in_common_is_checked_once(sessions: Path) -> None:
+    (sessions.parent / "link").symlink_to(sessions)
+    sound = sessions / "good" / "audio.wav"
+    folders = [sessions / "good", sessions, f"{sessions}/", sessions.parent / "link"]
+    for _ in range(2):  # the second time, of the first location there are verdicts
+        reports = reports_of(*folders, sound, sessions / ".." / "sessions" / "good" / "audio.wav")
+        assert [r["session"] for r in reports] == ["good", "poor", "audio.wav"]
+        (sessions / "poor" / "text.jsonl").touch()
+
+
+def test_sessions_of_one_name_at_two_locations_are_told_apart(sessions: Path) -> None:
+    other = sessions.parent / "other"
+    shutil.copytree(sessions / "good", other / "good")
+    result = CliRunner().invoke(cli, ["validate", str(sessions / "good"), str(other / "good")])
+    first, second = (place / "good" for place in (sessions, other))
+    assert result.exit_code == 0
+    title, warning = result.output.splitlines()[-3:-1]
+    assert title == "good, compared with the other sessions:"
+    assert warning.startswith(f"  warning  session: same content as {second} (all files); fix")
+    assert f"same content as {first}" not in result.output
 
 
 def test_sessions_behind_a_url_are_checked_as_in_folders(
