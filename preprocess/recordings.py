@@ -33,6 +33,7 @@ from shared.session.names import (
     session_name,
 )
 from shared.storage import STARTUP_RETRY, RetryPolicy, Store, StoredFile, parse_location
+from shared.streams import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -41,7 +42,13 @@ if TYPE_CHECKING:
     from shared.recipe import Recipe
     from shared.session.names import Listing, UnusedName
     from shared.shardset.store import ShardSetStore
-    from shared.streams import Kind
+
+
+UNREAD: Mapping[Kind, tuple[str, ...]] = {
+    Kind.VIDEO: ("size", "fit", "codec", "qp", "quality"),
+    Kind.AUDIO: ("dmel",),
+}
+"""Settings of streams that neither checks nor scans depend on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from preprocess.validate.job import validate_recordings
-from preprocess.validate.verdicts import open_verdicts
 from shared.errors import MachineError, SessionError
 from shared.session.folder import SkippedFolder
 from shared.shardset.index import VERDICT_BITS
@@ -61,6 +59,9 @@ def choose_sessions(
         SessionError: none is.
         MachineError: a session could not be read, so that its verdict is not known.
     """
+    from preprocess.validate.job import validate_recordings  # loads all checks
+    from preprocess.validate.verdicts import open_verdicts
+
     kept = open_verdicts(location, survey, folder=verdicts_at)
     used: dict[str, Recording] = {}
     left_out: list[SkippedFolder] = []

@@ -18,18 +18,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from preprocess.build.plan_types import Row
-from preprocess.recordings import estimate_seconds, require_unchanged
+from preprocess.recordings import UNREAD, estimate_seconds, require_unchanged
 from preprocess.session_log import SessionLog, log_line
-from preprocess.validate.verdicts import UNREAD
 from shared.errors import JobError, MachineError
 from shared.files import fingerprint_of
 from shared.kinds.column import stream_settings
 from shared.machine import pause_collector
 from shared.media.tokenizer import parse_tokenizer
-from shared.session.folder import (
-    files_of_stream,
-    scanned_files,
-)
+from shared.session.folder import files_of_stream, scanned_files
 from shared.session.reader import SessionReader
 from shared.session.scan import SessionScan, SourceFile, scan_session
 from shared.shardset.index import FLAG_BITS

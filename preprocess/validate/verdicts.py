@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from preprocess.recordings import RemoteRecording
+from preprocess.recordings import UNREAD, RemoteRecording
 from preprocess.session_log import SessionLog, log_line
 from preprocess.validate.report import CHECK_VERSIONS, CHECKS, ValidationReport
 from shared.errors import MachineError
@@ -21,7 +21,6 @@ from shared.files import fingerprint_of
 from shared.machine import describe_os_error
 from shared.shardset.store import LocalShardSet
 from shared.storage import RetryPolicy, Store, parse_location
-from shared.streams import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -39,12 +38,6 @@ _STEM = "verdicts"
 
 _VERSION = 1
 """Raised when verdicts have other keys, or signatures are made in another way."""
-
-UNREAD: Mapping[Kind, tuple[str, ...]] = {
-    Kind.VIDEO: ("size", "fit", "codec", "qp", "quality"),
-    Kind.AUDIO: ("dmel",),
-}
-"""Settings of streams that neither checks nor scans depend on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
