@@ -245,4 +245,4 @@ def test_a_forked_child_dies_of_a_signal_silently(tmp_path, name):
 def test_only_commands_that_continue_promise_it():
     commands = {**preprocess_cli.commands, **train_cli.commands}
     promising = {n for n, command in commands.items() if isinstance(command, ContinuableCommand)}
-    assert promising == {"shards", "demo-sessions"}
+    assert promising == {"shards", "demo-sessions", "validate"}
