@@ -271,7 +271,7 @@ def shards(
 
 def _print_build(summary: BuildSummary, location: Path | Store) -> None:
     """Print what a build wrote or would write, and the state of the set."""
-    from preprocess.build.explain import PAST, explain_plan
+    from preprocess.build.explain import PAST, explain_left_out, explain_plan
 
     for warning in summary.warnings:
         click.echo(f"warning: {warning}", err=True)
@@ -281,6 +281,8 @@ def _print_build(summary: BuildSummary, location: Path | Store) -> None:
     if summary.manifest is None:
         if summary.plan.is_empty and not lines:
             click.echo(f"{location} is up to date")
+        for note in explain_left_out(summary.left_out, summary.num_sessions):
+            click.echo(note)
         return
     counts = summary.manifest.counts
     state = "is up to date" if summary.plan.is_empty and not lines else "is ready"

@@ -1,10 +1,11 @@
 """Keep one line of JSON per session in a few files, so that adding a session costs little.
 
 The lines are a cache: any file may be deleted or damaged, and costs only that its sessions are read
-again. New lines go into the file of level 0. A level that would exceed its size is merged into the
-next one, which may be ``GROWTH`` times as large, as in a log-structured merge tree (O'Neil et al.
-1996). So of N sessions that are added one by one, each line is written ``GROWTH * log(N)`` times at
-most, and few files are read. Of two lines of a session, that of the lower level is the newer one.
+again. After a crash, an older line may come back, so each line says for which files it holds. New
+lines go into the file of level 0. A level that would exceed its size is merged into the next one,
+which may be ``GROWTH`` times as large, as in a log-structured merge tree (O'Neil et al. 1996). So
+of N sessions that are added one by one, each line is written ``GROWTH * log(N)`` times at most, and
+few files are read. Of two lines of a session, that of the lower level is the newer one.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class SessionLog(Mapping[str, bytes]):
             if name in self._present:
                 merged.append(name)
         self._files.write(name, b"".join(line + b"\n" for line in lines.values()))
-        for old in merged:  # after a crash here, both files hold the same lines
+        for old in merged:  # after a crash here, they hide newer lines
             self._files.remove(old)
         self._present = self._present.difference(merged) | {name}
         self._levels[: level + 1] = [*({} for _ in range(level)), lines]

@@ -25,7 +25,7 @@ from shared.files import fingerprint_of
 from shared.kinds.column import stream_settings
 from shared.machine import pause_collector
 from shared.media.tokenizer import parse_tokenizer
-from shared.session.folder import files_of_stream, scanned_files
+from shared.session.folder import files_of_stream, scanned_files, source_files
 from shared.session.reader import SessionReader
 from shared.session.scan import SessionScan, SourceFile, scan_session
 from shared.shardset.index import FLAG_BITS
@@ -157,6 +157,9 @@ def _scan(
     recording, known = work
     with recording.open_files(scanned_files(recipe), store) as folder:
         scan = scan_session(folder, recipe=recipe, known=known)
+    # A scan without a file would be kept, and be used when the file is back.
+    unread = recording.stamp.keys() - scan.source_files.keys()
+    require_unchanged(recording, unread.intersection(source_files(recipe)))
     values = {"basis": basis, "stamp": recording.stamp, "scan": scan.as_json()}
     return log_line(recording.name, values)
 

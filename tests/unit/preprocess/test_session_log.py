@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
@@ -59,6 +60,47 @@ def test_a_log_holds_what_a_dictionary_holds(runs, gone):
         log.add("new", log_line("new", {"value": 0}))
         log.save({*kept, "new"})
         assert kept <= set(files.open())
+
+
+class StoppedError(Exception):
+    """The process ends."""
+
+
+@given(
+    runs=st.lists(st.dictionaries(NAMES, st.integers(), min_size=1, max_size=4), max_size=12),
+    num_steps=st.integers(0, 12),
+)
+def test_a_crash_brings_back_older_lines_at_most(runs, num_steps):
+    class Stopping(Files):
+        num_steps = 0
+
+        def count(self) -> None:
+            self.num_steps += 1
+            if self.num_steps > num_steps:
+                raise StoppedError
+
+        def write(self, name: str, content: bytes) -> None:
+            self.count()
+            super().write(name, content)
+
+        def remove(self, name: str) -> None:
+            self.count()
+            super().remove(name)
+
+    files, saved, before = Stopping(), {}, {}
+    with pytest.MonkeyPatch.context() as patch, suppress(StoppedError):
+        patch.setattr(session_log, "LEVEL_BYTES", 100)
+        patch.setattr(session_log, "GROWTH", 2)
+        for values in runs:
+            log = files.open()
+            for name, value in values.items():
+                log.add(name, log_line(name, {"value": value}))
+                before.setdefault(name, set()).add(value)
+            log.save(before)
+            saved |= values
+    found = {n: json.loads(line)["value"] for n, line in files.open().items()}
+    assert saved.keys() <= found.keys()
+    assert all(value in before[name] for name, value in found.items())
 
 
 def test_adding_sessions_one_by_one_writes_little(monkeypatch):

@@ -202,9 +202,10 @@ def test_the_command_says_what_it_leaves_out_and_show_what_was_found(recorded, t
     run = CliRunner().invoke
     places = ["--sessions", str(recorded), "--out", str(tmp_path / "set"), "--workers", "0"]
     verdicts = ["--verdicts", str(tmp_path / "kept")]
-    done = run(cli, ["shards", *places, "--only", "warnings", *verdicts])
-    assert done.exit_code == 0, done.output
-    assert "left out by their verdict, 1 of 4 sessions: dan; dan failed" in done.output
+    for more in (["--dry-run"], []):
+        done = run(cli, ["shards", *places, "--only", "warnings", *verdicts, *more])
+        assert done.exit_code == 0, done.output
+        assert "left out by their verdict, 1 of 4 sessions: dan; dan failed" in done.output
     assert (tmp_path / "kept").is_dir()
     assert not (recorded / ".verdicts").exists()
     shown = run(cli, ["show", str(tmp_path / "set"), "bob/000000"]).output

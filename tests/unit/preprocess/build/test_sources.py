@@ -13,6 +13,7 @@ from preprocess import session_log
 from preprocess.build import sources
 from preprocess.build.sources import scan_sessions
 from preprocess.recordings import survey_recordings
+from shared.errors import SessionError
 from shared.shardset.store import LocalShardSet
 
 RECIPE = tiny_recipe(streams={"note": {"kind": "text", "file": "text.jsonl"}})
@@ -118,6 +119,25 @@ def test_a_failed_scan_stops_the_job_after_the_others(root, store):
     with pytest.raises(ValueError, match="broken"):
         run(root, store, Failing())
     assert run(root, store)[1] == 1
+
+
+@pytest.mark.parametrize("name", ["s0003", "s0003/text.jsonl"])
+def test_a_session_that_is_gone_for_a_moment_is_not_kept_without_its_files(root, store, name):
+    class Moving:
+        def iterate(self, function, arguments, **_options):
+            (root / name).rename(root / "away")
+            for index, argument in enumerate(arguments):
+                try:
+                    yield index, function(argument)
+                except SessionError as error:
+                    yield index, error
+            (root / "away").rename(root / name)
+
+    with pytest.raises(SessionError, match=r"s0003: text.jsonl changed or was removed"):
+        run(root, store, Moving())
+    scans, num = run(root, store)
+    assert num == 1
+    assert scans["s0003"].intervals
 
 
 def test_the_cache_of_an_earlier_release_is_taken_over(root, store):
