@@ -18,7 +18,7 @@ from preprocess.session_log import SessionLog, log_line
 from preprocess.validate.report import CHECK_VERSIONS, CHECKS, ValidationReport
 from shared.errors import MachineError
 from shared.files import fingerprint_of
-from shared.machine import describe_os_error
+from shared.machine import machine_error
 from shared.shardset.store import LocalShardSet
 from shared.storage import RetryPolicy, Store, parse_location
 
@@ -156,10 +156,11 @@ class Verdicts:
             self._is_changed = False
         except (MachineError, OSError) as error:
             self._can_write = False
-            reason = describe_os_error(error) if isinstance(error, OSError) else str(error)
+            if isinstance(error, OSError):
+                error = machine_error(error, error.filename)
             return (
                 f"warning: verdicts are not kept, so the next run looks at these sessions again: "
-                f"{reason}; fix: give another folder for them (--verdicts FOLDER)"
+                f"{error.summary}; fix: give another folder for them (--verdicts FOLDER)"
             )
         return ""
 

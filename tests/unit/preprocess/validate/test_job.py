@@ -294,7 +294,9 @@ def test_a_folder_that_can_not_be_written_gives_one_warning(
     arguments = ["validate", str(sessions), "--recipe", recipe_file]
     result = CliRunner().invoke(cli, arguments)
     assert result.output.count("warning: verdicts are not kept") == 1
-    assert "fix: give another folder for them (--verdicts FOLDER)" in result.output
+    [warning] = [line for line in result.output.splitlines() if "verdicts are not kept" in line]
+    assert warning.endswith("; fix: give another folder for them (--verdicts FOLDER)")
+    assert warning.count("fix:") == 1
     assert "3 sessions, " in result.output
     elsewhere = [*arguments, "--verdicts", str(tmp_path / "kept")]
     assert "verdicts are not kept" not in CliRunner().invoke(cli, elsewhere).output
