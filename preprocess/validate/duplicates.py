@@ -95,8 +95,10 @@ def hash_texts(events: Sequence[TextEvent]) -> str:
     if (counts * np.log2(len(gaps) / counts)).sum() < _MIN_GAP_BITS:
         return ""
     words = [" ".join(event.text.casefold().split()) for event in events]
-    signs = [_signs(f"{gap} {text}", 1) for gap, text in zip(gaps, words, strict=True)]
-    return _encode(np.sum(signs, axis=0))
+    sums = np.zeros(8 * _CODE_BYTES)
+    for gap, text in zip(gaps, words, strict=True):
+        sums += _signs(f"{gap} {text}", 1)[0]
+    return _encode(sums)
 
 
 def _hash(features: NDArray[np.float64], *, share: float, least_rms: float) -> str:
