@@ -115,7 +115,7 @@ class ReportPrinter:
         signatures = {name: self._found[number][1] for name, number in numbers.items()}
         files = {name: {"": self._found[number][2]} for name, number in numbers.items()}
         findings = duplicate_findings(find_duplicates(signatures, files=files), recipe)
-        amended, lines = [], {}
+        amended, lines = dict[int, ValidationReport](), {}
         for name, own in sorted(findings.items()):
             number = numbers[name]
             old = known_result(jobs[number]).report
@@ -123,7 +123,7 @@ class ReportPrinter:
             report = old.with_findings(own)
             self._statuses.subtract([old.status])
             self._statuses.update([report.status])
-            amended.append(report)
+            amended[number] = report
             lines[printable(name)] = {"warnings": added.warnings, "notes": added.notes}
             if self._form == "table":
                 self._rows[number] = _summary_row(report)

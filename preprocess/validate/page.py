@@ -150,11 +150,9 @@ class ReportPage:
         self._sections[name] = rendered
         self._flush()
 
-    def amend(self, reports: Iterable[ValidationReport]) -> None:
-        """Replace reports of sessions that were added, as of late findings; their panels stay."""
-        numbers = {row["session"][1]: number for number, row in self._rows.items()}
-        for report in reports:
-            number = numbers[report.session]
+    def amend(self, reports: Mapping[int, ValidationReport]) -> None:
+        """Replace the reports of these numbers, as of late findings; their panels stay."""
+        for number, report in reports.items():
             rendered = render_session(CheckedSession(folder=self._folder, report=report))
             said, mark, _ = rendered.html.partition(_PANELS)
             panels = self._read_section(self._files[number]).encode().partition(_PANELS)[2]

@@ -392,6 +392,19 @@ def recipe_file(tmp_path: Path) -> str:
     return str(path)
 
 
+def test_copies_at_two_locations_are_in_their_rows_of_the_page(
+    sessions: Path, tmp_path: Path, recipe_file: str
+) -> None:
+    other = shutil.copytree(sessions, tmp_path / "other")
+    command = ["validate", str(sessions), str(other), "--recipe", recipe_file, "--summary"]
+    result = CliRunner().invoke(cli, [*command, "--report", str(tmp_path / "page.html")])
+    words = [line.split()[:2] for line in result.stdout.splitlines()]
+    statuses = [status for name, status in words if name in ("ann", "bob", "cat")]
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert re.findall('<td class="status [a-z]+">([a-z]+)</td>', page) == statuses
+    assert sorted(statuses[:3]) != sorted(statuses[3:])
+
+
 def test_copies_are_reported_in_every_form(
     sessions: Path, tmp_path: Path, recipe_file: str
 ) -> None:
