@@ -208,7 +208,7 @@ def _print_proposal(locations: tuple[str, ...]) -> None:
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Print what would be written, and why; write only the cache of scans.",
+    help="Print what would be written, and why; write only caches of scans and verdicts.",
 )
 @_KEEP_OLD_OPTION
 @click.option(
