@@ -129,6 +129,8 @@ def find_duplicates(
     signatures: Mapping[str, Signature], *, files: Mapping[str, Mapping[str, str]] | None = None
 ) -> list[DuplicateGroup]:
     """Group sessions with the same content, or some streams; `files` have SHA-256 of each file."""
+    if len(signatures) < 2:
+        return []
     names = sorted(signatures)
     streams = [_FILES, *sorted({stream for own in signatures.values() for stream in own})]
     codes = np.zeros((len(streams), len(names), _CODE_BYTES), np.uint8)
