@@ -183,6 +183,17 @@ def test_a_slow_device_whose_times_are_right_is_no_fault(wrong: Path) -> None:
     assert not report.stats["clocks"]["touch"]["is_fault"]
 
 
+@pytest.mark.parametrize(("early_s", "is_fault"), [(0.03, True), (0.12, False)])
+def test_a_fault_explains_the_end_to_within_a_tenth_of_a_second(
+    tmp_path: Path, early_s: float, is_fault: bool
+) -> None:
+    write_touch(tmp_path, stamp_readings(30, 300, -500))  # 0.15 s more by the end
+    write_tone(tmp_path / "audio.wav", 300 - early_s)
+    report = checked(tmp_path, TOUCH).report
+    assert report.stats["clocks"]["touch"]["is_fault"] is is_fault
+    assert report.checks["drift"] == ("warnings" if is_fault else "passed")
+
+
 def test_a_stream_with_a_surely_wrong_rate_is_reported_once(wrong: Path) -> None:
     probe = checked(wrong, TOUCH).probe
     assert probe is not None

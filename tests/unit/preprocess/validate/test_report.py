@@ -121,13 +121,17 @@ def test_what_several_locations_have_in_common_is_checked_once(sessions: Path) -
 def test_sessions_of_one_name_at_two_locations_are_told_apart(sessions: Path) -> None:
     other = sessions.parent / "other"
     shutil.copytree(sessions / "good", other / "good")
-    result = CliRunner().invoke(cli, ["validate", str(sessions / "good"), str(other / "good")])
+    page = sessions.parent / "page.html"
+    args = ["validate", str(sessions / "good"), str(other / "good"), "--report", str(page)]
+    result = CliRunner().invoke(cli, args)
     first, second = (place / "good" for place in (sessions, other))
     assert result.exit_code == 0
     title, warning = result.output.splitlines()[-3:-1]
     assert title == "good, compared with the other sessions:"
     assert warning.startswith(f"  warning  session: same content as {second} (all files); fix")
     assert f"same content as {first}" not in result.output
+    rows = page.read_text(encoding="utf-8").split("<section")
+    assert [str(second) in row for row in rows[1:3]] == [True, False]
 
 
 def test_sessions_behind_a_url_are_checked_as_in_folders(
