@@ -217,7 +217,13 @@ def _keep(job: Job, result: ValidatedSession) -> ValidatedSession:
     """Keep the verdict, and leave in the result only what it lacks, as many results may wait."""
     if job.verdicts is None or result.verdict is None:
         return replace(result, rendered=None)
-    job.verdicts.add(result.verdict)
+    verdict = result.verdict
+    if "full" not in verdict.bases and (old := job.verdicts.get(verdict.session)) is not None:
+        is_same = (old.sha256, old.bases.get("quick")) == (verdict.sha256, verdict.bases["quick"])
+        if is_same and "full" in old.bases:  # it took longer, and counts as a quick one
+            job.verdicts.add(replace(old, stamp=verdict.stamp))
+            return replace(result, rendered=None)
+    job.verdicts.add(verdict)
     return replace(_KNOWN, repairs=result.repairs, is_new=result.is_new)
 
 

@@ -217,6 +217,19 @@ def test_full_implies_quick_and_not_the_reverse(sessions: Path, counts: Counter[
     assert {r.report.depth for r in results} == {"full"}
 
 
+def test_a_quick_look_keeps_the_verdict_of_a_full_one(sessions: Path, counts: Counter[str]) -> None:
+    validated(sessions, recipe=RECIPE)
+    with (sessions / "ann" / "metadata.jsonl").open("a") as file:
+        file.write("{}\n")
+    quick = validated(sessions, recipe=RECIPE, depth="quick", force=True)
+    assert {(r.report.depth, r.is_new) for r in quick} == {("quick", True)}
+    counts.clear()
+    full = validated(sessions, recipe=RECIPE)
+    assert [r.is_new for r in full] == [True, False, False]
+    assert {r.report.depth for r in full} == {"full"}
+    assert counts["probe_session"] == 1
+
+
 def test_what_could_not_be_read_is_not_kept(
     sessions: Path, counts: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
