@@ -250,6 +250,8 @@ def shards(
     from preprocess.build.job import build_shards
     from preprocess.cluster import Cluster
 
+    if verdicts_at and not only:
+        raise click.UsageError("--verdicts is for builds by verdict; fix: give --only, too")
     console = Console()
     recipe = _recipe(recipe_path)
     with Cluster(scheduler=scheduler, num_workers=num_workers, console=console) as cluster:

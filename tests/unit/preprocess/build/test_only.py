@@ -211,5 +211,6 @@ def test_the_command_says_what_it_leaves_out_and_show_what_was_found(recorded, t
     shown = run(cli, ["show", str(tmp_path / "set"), "bob/000000"]).output
     assert "validated  internal_text: warnings" in shown
     assert "validated  audio: passed" in shown
-    failed = run(cli, ["shards", *places, "--only", "some"])
-    assert failed.exit_code == 2
+    for wrong in (["--only", "some"], verdicts):  # verdicts without --only
+        failed = run(cli, ["shards", *places, *wrong])
+        assert failed.exit_code == 2
