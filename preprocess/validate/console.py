@@ -113,7 +113,7 @@ class ReportPrinter:
                 name = f"{location_of(source).rpartition('/')[0]}/{name}"
             numbers[name] = number
         signatures = {name: self._found[number][1] for name, number in numbers.items()}
-        files = {name: {"": self._found[number][2]} for name, number in numbers.items()}
+        files = {name: self._found[number][2] for name, number in numbers.items()}
         findings = duplicate_findings(find_duplicates(signatures, files=files), recipe)
         amended, lines = dict[int, ValidationReport](), {}
         for name, own in sorted(findings.items()):

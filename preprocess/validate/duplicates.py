@@ -126,17 +126,17 @@ def _encode(sums: NDArray[np.float64]) -> str:
 
 
 def find_duplicates(
-    signatures: Mapping[str, Signature], *, files: Mapping[str, Mapping[str, str]] | None = None
+    signatures: Mapping[str, Signature], *, files: Mapping[str, str] | None = None
 ) -> list[DuplicateGroup]:
-    """Group sessions with the same content, or some streams; `files` have SHA-256 of each file."""
+    """Group sessions with the same content, or some streams; `files` have hashes of all files."""
     if len(signatures) < 2:
         return []
     names = sorted(signatures)
     streams = [_FILES, *sorted({stream for own in signatures.values() for stream in own})]
     codes = np.zeros((len(streams), len(names), _CODE_BYTES), np.uint8)
     for number, name in enumerate(names):
-        if files and (hashes := files.get(name)):
-            codes[0, number] = np.packbits(_signs(repr(sorted(hashes.items())), 1) > 0)
+        if files and (of_all := files.get(name)):
+            codes[0, number] = np.packbits(_signs(of_all, 1) > 0)
         for stream, code in signatures[name].items():
             codes[streams.index(stream), number] = np.frombuffer(base64.b64decode(code), np.uint8)
     pairs = _similar_pairs(codes)
