@@ -157,10 +157,13 @@ def _scan(
     recording, known = work
     with recording.open_files(scanned_files(recipe), store) as folder:
         scan = scan_session(folder, recipe=recipe, known=known)
-    # A scan without a file would be kept, and be used when the file is back.
-    unread = recording.stamp.keys() - scan.source_files.keys()
-    require_unchanged(recording, unread.intersection(source_files(recipe)))
-    values = {"basis": basis, "stamp": recording.stamp, "scan": scan.as_json()}
+    # If a file that is gone comes back, the scan without it does not hold.
+    unread = [
+        n for n in source_files(recipe) if n in recording.stamp and n not in scan.source_files
+    ]
+    gone = recording.changed_files(unread)
+    stamp = {name: value for name, value in recording.stamp.items() if name not in gone}
+    values = {"basis": basis, "stamp": stamp, "scan": scan.as_json()}
     return log_line(recording.name, values)
 
 
