@@ -22,6 +22,7 @@ from preprocess.recordings import UNREAD, estimate_seconds, require_unchanged
 from preprocess.session_log import SessionLog, log_line
 from shared.errors import JobError, MachineError
 from shared.files import fingerprint_of
+from shared.interrupts import was_interrupted
 from shared.kinds.column import stream_settings
 from shared.machine import pause_collector
 from shared.media.tokenizer import parse_tokenizer
@@ -130,6 +131,8 @@ def scan_sessions(
             if isinstance(line, Exception):
                 failure = failure or line
                 continue
+            if was_interrupted():  # perhaps in a callback of a library, which failed then
+                raise KeyboardInterrupt
             recording, _ = work[index]
             scans[recording.name] = _cached_adapter().validate_json(line).scan
             log.add(recording.name, line)

@@ -45,6 +45,7 @@ from preprocess.validate.verdicts import (
 )
 from shared.errors import MachineError, SessionError
 from shared.files import sha256_of_file
+from shared.interrupts import was_interrupted
 from shared.machine import temporary_folder
 from shared.recipe import Recipe
 from shared.session.folder import scanned_files
@@ -197,6 +198,8 @@ def run_jobs(
         for index, job in enumerate(jobs):
             while index in work and index not in ready:
                 number, outcome = next(outcomes)
+                if was_interrupted():  # perhaps in a callback of a library, which failed then
+                    raise KeyboardInterrupt
                 done = numbers[number]
                 result = _result(work[done][0], outcome)
                 if page is not None:
