@@ -86,8 +86,8 @@ class Cluster:
     """Runs functions on a Dask cluster that is started at the first use.
 
     Without the address of a `scheduler`, it is a local cluster of `num_workers` processes, or with
-    0 this process alone. Work shorter than `start_s`, which a local cluster takes to start, runs in
-    this process.
+    0 this process alone. Work on which workers would save less than `start_s`, which they take to
+    start, runs in this process.
     """
 
     def __init__(
@@ -116,7 +116,8 @@ class Cluster:
 
     def is_in_process(self, *, work_s: float) -> bool:
         """Return whether work of this duration runs serially in this process."""
-        is_small = self._num_workers == 0 or (self._client is None and work_s < self._start_s)
+        saved_s = work_s * (1 - 1 / max(2, self._num_workers))  # one worker keeps memory apart
+        is_small = self._num_workers == 0 or (self._client is None and saved_s < self._start_s)
         return self._scheduler is None and is_small
 
     def log(self, message: str) -> None:

@@ -84,7 +84,7 @@ def measure(folder: Path, count: int, workers: int, bases: dict[str, tuple[int, 
         each_ms = 1e3 * (run["cpu"] - base_s) / max(1, count - base_count)
         cells = [f"{run['s']:.2f}", f"{run['cpu']:.2f}"]
         cells += [f"{run['phases'].get(phase, 0.0):.2f}" for phase in PHASES]
-        cells += [f"{run['client_mb']:.0f} MB", f"{run['worker_mb']:.0f} MB"]
+        cells += [f"{run['client_mib']:.0f} MiB", f"{run['worker_mib']:.0f} MiB"]
         cells.append(f"{each_ms:.3f}" if count > base_count else "")
         after = written_files(out)
         changed_kib = sum(after[n][1] for n in after if after[n] != before.get(n)) / 1024
@@ -116,8 +116,8 @@ def measure_run(folder: Path, sessions: Path, out: Path, workers: int) -> dict:
         "s": seconds,
         "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
         "phases": report["phases"],
-        "client_mb": report["peak_kib"] / 1e3,
-        "worker_mb": max((kib for pid, kib in peaks.items() if pid != job.pid), default=0) / 1e3,
+        "client_mib": report["peak_kib"] / 1024,
+        "worker_mib": max((kib for pid, kib in peaks.items() if pid != job.pid), default=0) / 1024,
     }
 
 
