@@ -5,7 +5,8 @@ lock, and libraries turn one that is raised while they load into other errors. T
 
 - While no command runs, and while the main module imports, nothing needs cleanup: the process
   exits at once.
-- During any other import, the interrupt is raised when the import has ended.
+- During any other import, and while a library in C reads a file through Python, the interrupt is
+  raised when that has ended.
 - Otherwise it is raised at once. If Python drops it, it is raised again.
 
 Imports only what Python itself has loaded at its start, so that a program can call
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType
     from typing import TextIO
+
+_CALLBACKS = {"shared.machine": ("seek", "readinto"), "soundfile": ("vio_",)}
+"""Module -> how the names of functions begin that libraries in C call."""
 
 _RETRY_S = 0.05
 """How long a deferred or dropped interrupt waits until it is tried again."""
@@ -169,7 +173,7 @@ def _interrupt(_number: int, frame: FrameType | None) -> None:
     if not _State.is_running or importer == "__main__":
         write_line("Interrupted.")
         os._exit(exit_code())
-    if importer is not None:
+    if importer is not None or _is_in_callback(frame):
         _defer()
         return
     _State.was_raised = True
@@ -179,6 +183,16 @@ def _interrupt(_number: int, frame: FrameType | None) -> None:
 def _defer() -> None:
     _State.is_deferred = True
     signal.setitimer(signal.ITIMER_REAL, _RETRY_S)
+
+
+def _is_in_callback(frame: FrameType | None) -> bool:
+    """Return whether a library in C may have called what is being executed."""
+    while frame is not None:
+        names = _CALLBACKS.get(str(frame.f_globals.get("__name__")))
+        if names and frame.f_code.co_name.startswith(names):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _outermost_importer(frame: FrameType | None) -> str | None:

@@ -455,8 +455,8 @@ def _claim_folder(root: Path, job_id: str, version: int) -> Iterator[LocalShardS
             for leftover in root.glob(".*.tmp"):
                 remove_leftover(leftover)
             folder = job_folder(root, job_id)
-            folder.mkdir()
             try:
+                folder.mkdir()
                 yield LocalShardSet(root, job_id)
             finally:
                 discard(folder)

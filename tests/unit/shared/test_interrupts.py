@@ -211,6 +211,41 @@ def test_an_import_in_the_middle_of_the_work_is_not_broken(tmp_path, ends):
     assert run_program(tmp_path, body, modules=modules) == wanted
 
 
+CALLED_BACK = """
+import wave
+from pathlib import Path
+
+import av
+import soundfile
+from shared.machine import SteadyFile
+
+@cli.command()
+def work():
+    with wave.open("tone.wav", "wb") as tone:
+        tone.setparams((1, 2, 8000, 0, "NONE", ""))
+        tone.writeframes(bytes(16000))
+    read = os.preadv
+    def read_and_press(*arguments):
+        os.preadv = read
+        press()
+        return read(*arguments)
+    os.preadv = read_and_press
+    with SteadyFile(Path("tone.wav")) as file:
+        print({opened})
+    time.sleep(50)
+"""
+
+
+@pytest.mark.parametrize(
+    ("opened", "length"),
+    [("av.open(file).streams[0].duration", 8000), ("soundfile.SoundFile(file).frames", 8000)],
+)
+def test_a_library_in_c_that_reads_a_file_is_not_disturbed(tmp_path, monkeypatch, opened, length):
+    monkeypatch.chdir(tmp_path)
+    wanted = (130, f"{length}\n", "Interrupted.\n")
+    assert run_program(tmp_path, CALLED_BACK.format(opened=opened)) == wanted
+
+
 CONVERTED = """
 @cli.command()
 def work():
