@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 
@@ -13,7 +14,7 @@ from helpers.stores import count_requests, s3_server, upload
 from preprocess.validate.job import Settings, find_jobs, run_jobs
 from shared.recipe import Recipe
 
-SET = "s3://here/counted"
+SET = f"s3://here/counted{os.getpid()}"  # builds of one URL share a folder of this machine
 RECIPE = Recipe.model_validate(
     {
         "segment": {"duration_s": 1.0},
@@ -58,7 +59,7 @@ def requests_of_build(**options):
 
 def stored_names(fs):
     fs.invalidate_cache()
-    return {path.rpartition("/")[2] for path in fs.find("here/counted")}
+    return {path.rpartition("/")[2] for path in fs.find(SET.removeprefix("s3://"))}
 
 
 def test_a_build_asks_for_no_known_session_and_once_for_each_shard(s3, tmp_path):
