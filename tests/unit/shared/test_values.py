@@ -39,7 +39,8 @@ def random_readings(rng: np.random.Generator, count: int, stream: SensorStream) 
     values, usable = clean_readings(
         (rng.normal(size=(count, stream.size)) * 2 + 0.01).astype(np.float32), stream
     )
-    values[~usable] = values[usable][0] if usable.any() else np.nan
+    ones, _ = clean_readings(np.ones((1, stream.size), dtype=np.float32), stream)
+    values[~usable] = values[usable][0] if usable.any() else ones[0]
     return values
 
 
