@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import TextIO
 
-_CALLBACKS = {"shared.machine": ("seek", "readinto"), "soundfile": ("vio_",)}
+_CALLBACKS = {"shared.machine": ("seek", "readable", "readinto"), "soundfile": ("vio_",)}
 """Module -> how the names of functions begin that libraries in C call."""
 
 _RETRY_S = 0.05

@@ -58,7 +58,7 @@ class Verdict:
 
     @property
     def key(self) -> str:
-        """Name all that a page about the session depends on."""
+        """Return a fingerprint of everything that a page about the session depends on."""
         return fingerprint_of(self.sha256, dict(self.bases), self.report.as_dict())
 
     def as_line(self) -> bytes:
@@ -67,7 +67,7 @@ class Verdict:
         return log_line(self.session, {**values, "report": self.report.as_dict()})
 
     @classmethod
-    def of_line(cls, line: bytes) -> Verdict | None:
+    def from_line(cls, line: bytes) -> Verdict | None:
         """Parse a line of the log; None if it can't be read."""
         try:
             values = json.loads(line)
@@ -138,7 +138,7 @@ class Verdicts:
     def get(self, session: str) -> Verdict | None:
         """Return the verdict of a session, if there is one that can be read."""
         line = self._log.get(session)
-        return None if line is None else Verdict.of_line(line)
+        return None if line is None else Verdict.from_line(line)
 
     def add(self, verdict: Verdict) -> None:
         """Add or replace a verdict; :meth:`save` writes it."""

@@ -55,7 +55,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-def quick_of(folder: Path, recipe: Recipe = RECIPE) -> ValidationReport:
+def require_quick_finds_no_more(folder: Path, recipe: Recipe = RECIPE) -> ValidationReport:
     """Check a session quickly and fully; the first must find a subset of the second."""
     quick, full = (check_session(folder, recipe=recipe, depth=d) for d in ("quick", "full"))
     found = [{(f.level, f.message, *f.streams) for f in one.findings} for one in (quick, full)]
@@ -115,8 +115,8 @@ def test_a_quick_look_decodes_nothing_and_finds_no_more_than_a_full_one(
     decoded.clear()
     check_session(session, recipe=TWO_EYES, depth="quick")
     assert not decoded
-    quick_of(session, TWO_EYES)
-    assert decoded or "audio" not in quick_of(session, TWO_EYES).stats["streams"]
+    require_quick_finds_no_more(session, TWO_EYES)
+    assert decoded or "audio" not in require_quick_finds_no_more(session, TWO_EYES).stats["streams"]
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -130,7 +130,7 @@ def test_no_damage_of_a_file_makes_a_quick_look_find_more(seed: int, session: Pa
     else:
         content[where : where + 200] = rng.bytes(min(200, len(content) - where))
     path.write_bytes(content)
-    quick_of(session)
+    require_quick_finds_no_more(session)
 
 
 def test_recordings_and_nasty_files_show_no_more_at_a_quick_look(
@@ -141,13 +141,13 @@ def test_recordings_and_nasty_files_show_no_more_at_a_quick_look(
         folder = tmp_path / name.replace("/", "_")
         folder.mkdir()
         shutil.copyfile(file, folder / kinds[name.split("/")[0]])
-        quick_of(folder, recipe_of(folder))
+        require_quick_finds_no_more(folder, recipe_of(folder))
     for folder in real_sessions:
-        quick_of(folder, recipe_of(folder))
+        require_quick_finds_no_more(folder, recipe_of(folder))
 
 
 def test_a_quick_look_says_which_checks_need_decoding(session: Path) -> None:
-    report = quick_of(session)
+    report = require_quick_finds_no_more(session)
     needed = {check for check, reason in report.not_assessed.items() if reason == NEEDS_DECODING}
     assert needed == {"levels", "frames", "still"}
     assert {check for check in CHECKS if CHECKS[check].depth == "full"} == {"levels", "frames"}
@@ -158,20 +158,20 @@ def test_a_quick_look_says_which_checks_need_decoding(session: Path) -> None:
 def test_frozen_tracking_is_found_quickly_where_no_video_could_explain_it(session: Path) -> None:
     (session / "vision_left.mp4").unlink()
     fast_sensors(session)
-    report = quick_of(session)
+    report = require_quick_finds_no_more(session)
     assert report.checks["still"] == "warnings"
     assert report.not_assessed["still"] == f"audio: {NEEDS_DECODING}"
 
 
 def test_clocks_are_not_compared_quickly_where_only_pictures_tell(session: Path) -> None:
     unlike_eyes(session)
-    report = quick_of(session, TWO_EYES)
+    report = require_quick_finds_no_more(session, TWO_EYES)
     for check in ("clock rates", "durations", "drift"):
         assert (report.checks[check], report.not_assessed[check]) == (
             "not assessed", NEEDS_DECODING,
         )  # fmt: skip
     write_video(session / "vision_right.mp4", times_s=np.arange(300) / 30)
-    assert quick_of(session, TWO_EYES).checks["durations"] == "warnings"
+    assert require_quick_finds_no_more(session, TWO_EYES).checks["durations"] == "warnings"
 
 
 @pytest.mark.parametrize(

@@ -500,7 +500,7 @@ def test_a_verdict_survives_its_line(sessions: Path) -> None:
     for result in validated(sessions, recipe=RECIPE):
         assert result.verdict is not None
         line = result.verdict.as_line()
-        read = Verdict.of_line(line)
+        read = Verdict.from_line(line)
         assert read is not None
         assert read.as_line() == line
         assert (read.key, read.stamp) == (result.verdict.key, result.verdict.stamp)
