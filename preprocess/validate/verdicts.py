@@ -71,6 +71,10 @@ class Verdict:
         """Parse a line of the log; None if it can't be read."""
         try:
             values = json.loads(line)
+            if not all(
+                isinstance(values[f.name], dict) for f in fields(cls) if f.name != "session"
+            ):
+                return None
             return cls(**{**values, "report": ValidationReport.from_dict(values["report"])})
         except (ValueError, KeyError, TypeError, AttributeError):
             return None

@@ -504,3 +504,7 @@ def test_a_verdict_survives_its_line(sessions: Path) -> None:
         assert read is not None
         assert read.as_line() == line
         assert (read.key, read.stamp) == (result.verdict.key, result.verdict.stamp)
+        values = json.loads(line)
+        for key in values.keys() - {"session"}:
+            assert Verdict.from_line(json.dumps({**values, key: [3]}).encode()) is None
+            assert Verdict.from_line(json.dumps({**values, key: None}).encode()) is None
